@@ -8,6 +8,7 @@ from typing import Any
 from fastldm.errors import InputError
 from fastldm.priors import KandinskyPrior, check_fits, describe_prior
 from fastldm.runtime.stages import Stages
+from fastldm.serving.cascade import check_device
 from fastldm.serving.session import Session
 
 
@@ -59,10 +60,7 @@ class CascadeLoader:
             describe_prior(prior, unet, **options)  # a mistake is found before a weight is read
             placed = {"device": stages.device, "dtype": stages.dtype if stages.backend == "torch" else None}
             prior = KandinskyPrior.from_pretrained(prior, **{**placed, **options})
-        if prior.stages.device != stages.device:
-            raise InputError(
-                f"the prior is on {prior.stages.device}, and the model on {stages.device}: load both on one device"
-            )
+        check_device(stages, prior.stages, "prior")
         check_fits(prior.stages.model.config, unet)
         stages.prior = prior.stages
 

@@ -68,18 +68,18 @@ class KandinskyPrior:
             component = checkpoint.components[name]
             return load_module(module, component.state(to_prepare=True), source=component.source, **to)  # type: ignore
 
-        return cls._of(checkpoint, fill)
+        return cls._filled(checkpoint, fill)
 
     @classmethod
     def from_diffusers(cls, pipe: Any) -> KandinskyPrior:
         """Adopts a loaded KandinskyV22PriorPipeline, whose weights are shared. InputError and CheckpointError as of
         `Pipeline.from_diffusers`."""
-        return cls._of(
+        return cls._filled(
             adoption.describe_diffusers(pipe), lambda module, name: adoption.adopt(module, getattr(pipe, name))
         )
 
     @classmethod
-    def _of(cls, checkpoint: Checkpoint, fill: Any) -> KandinskyPrior:
+    def _filled(cls, checkpoint: Checkpoint, fill: Any) -> KandinskyPrior:
         return cls(PriorStages(load_prior(checkpoint, fill), Path(checkpoint.source).name))
 
     def __call__(

@@ -13,6 +13,7 @@ import ops
 import pytest
 import tiny
 import torch
+from both_ways import in_slots
 from counters import Recorder
 
 from fastldm import Pipeline, Request, Session
@@ -84,24 +85,9 @@ def test_rows_with_adapters_reuse_deep_features(pipe: Pipeline, session: Session
     alone = [pipe("a cat", **{**options, **request}).images for request in requests]
     mixed = [each.result() for each in [session.submit("a cat", **{**options, **request}) for request in requests]]
     assert [result.adapters for result in mixed] == ["beside", "", "beside", "beside", "beside"]
-    stages = pipe.stages
-    sizes = {"slots": 5, "rows": 12, "height": 8, "width": 8, "tokens": 77, "steps": 64}
-    buffers = StaticBuffers.empty(pipe.unet.config, **sizes, dtype=torch.float32, device="cpu", reuse=True)  # type: ignore[arg-type]
-    batch = Slots(pipe.unet, buffers)  # type: ignore[arg-type]
-
-    def denoised() -> list[torch.Tensor]:
-        runs = [stages.prepare(stages.complete(Request(prompt="a cat", **{**options, **each}))) for each in requests]
-        assert all(stages.adapters.enter(run) for run in runs)
-        for run in runs:
-            batch.admit(run)
-        while not runs[0].done:
-            batch.step(runs)
-        latents = [batch.latents(run) for run in runs]
-        for run in runs:
-            stages.adapters.leave(run)
-        return latents
-
-    for expected, eager, slots in zip(alone, mixed, pipe.session.call(denoised), strict=True):
+    asked = [Request(prompt="a cat", **{**options, **each}) for each in requests]
+    denoised = pipe.session.call(lambda: in_slots(pipe.stages, asked, tokens=77, reuse=True))
+    for expected, eager, slots in zip(alone, mixed, denoised, strict=True):
         assert ops.error(eager.images, expected) < 1e-5
         assert ops.error(slots, expected) < 1e-5
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from both_ways import in_slots
 from other_networks import latent_upscaler
 from pairs import generator
 from safetensors.torch import load_file, save_file
@@ -22,7 +23,6 @@ from torch import nn
 from fastldm import Pipeline, Session
 from fastldm.errors import CheckpointError
 from fastldm.request import Request
-from fastldm.runtime.slots import Slots, StaticBuffers
 
 Options = dict[str, Any]
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")
@@ -122,31 +122,13 @@ def test_loras_share_steps(family: tuple[str, Any, Pipeline, Options], tmp_path:
         assert [each.adapters for each in results] == ["beside", "", "beside", "beside"]
         for made, expected in zip(results, alone, strict=True):
             assert np.abs(made.images - expected.images).max() < 1e-4
-        latents = ours.session.call(lambda: in_slots(ours, [Request(**options, adapters=w) for w in mixed]))
+        requests = [Request(**options, adapters=weights) for weights in mixed]
+        latents = ours.session.call(lambda: in_slots(ours.stages, requests, tokens=80))
         expected_latents = [ours(**{**options, "output_type": "latent"}, adapters=weights).images for weights in mixed]
         for made, expected in zip(latents, expected_latents, strict=True):
             assert (made - expected).abs().max() < 1e-4 * expected.abs().max()
     finally:
         ours.delete_adapters(["a", "b"])
-
-
-def in_slots(pipe: Pipeline, requests: list[Request]) -> list[torch.Tensor]:
-    stages = pipe.stages
-    with torch.no_grad():
-        runs = [stages.prepare(stages.complete(request)) for request in requests]
-        assert all(stages.adapters.enter(run) for run in runs)
-        height, width = runs[0].latents.shape[2:]
-        sizes = {"slots": 4, "rows": 12, "height": height, "width": width, "tokens": 80, "steps": 64}
-        buffers = StaticBuffers.empty(pipe.unet.config, **sizes, dtype=torch.float32, device="cpu")  # type: ignore[arg-type]
-        batch = Slots(pipe.unet, buffers)  # type: ignore[arg-type]
-        for run in runs:
-            batch.admit(run)
-        while not runs[0].done:
-            batch.step(runs)
-        latents = [batch.latents(run) for run in runs]
-        for run in runs:
-            stages.adapters.leave(run)
-    return latents
 
 
 def test_early_names_of_added_keys_are_read(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ class Buckets:
         self, stages: AnyStages, host: Host, max_batch: int, batch_invariant: bool, of: Buckets | None = None
     ) -> None:
         """of: those of the session's own model, whose requests have stages here."""
-        self._of = self if of is None else of
+        self._main = self if of is None else of
         self._stages, self._host, self._max_batch = stages, host, max_batch
         self._batch_invariant = batch_invariant
         self._by_size: dict[tuple[int, int, dispatch.Route | None, bool], Bucket] = {}  # the last used is the last
@@ -59,7 +59,7 @@ class Buckets:
             generation.route,
             self.release_memory,
             self._batch_invariant,
-            self._of.totals,
+            self._main.totals,
             (key[1], key[0]),
         )
         self._by_size[key] = bucket
@@ -67,9 +67,9 @@ class Buckets:
             bucket.spent = max(bucket.spent, least_spent)  # time that it did not ask for is not owed to it
         place = generation.submitted - SECONDS_A_PRIORITY * priority
         heapq.heappush(bucket.waiting, (place, next(self._numbers), generation))
-        if generation not in self._of.open:  # else it comes back for another stage
-            self._of.open.add(generation)
-            Future.add_done_callback(generation, self._of.ended)
+        if generation not in self._main.open:  # else it comes back for another stage
+            self._main.open.add(generation)
+            Future.add_done_callback(generation, self._main.ended)
 
     def ended(self, generation: Any) -> None:
         """A request is done."""

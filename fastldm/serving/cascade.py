@@ -194,13 +194,18 @@ def _enlarged(completed: Request, base: CascadeModel[Stages], enlarger: CascadeM
     """The model's own size, and what enlarges its pictures, which reads no text."""
     width, height = base.stages.spec.default_size
     small = completed.replace(width=width, height=height, output_type="pt")
-    large = Request(
+    large = _of_pictures(completed, width, height)
+    return [CascadeStage(base, small), CascadeStage(enlarger, enlarger.stages.complete(large))]
+
+
+def _of_pictures(completed: Request, width: int, height: int) -> Request:
+    """A request of a model that reads no text, but the pictures that the stage before makes."""
+    return Request(
         image=_placeholder(completed.batch, 3, height, width),
         seed=completed.seed,
         generator=completed.generator,
         output_type=completed.output_type,
     )
-    return [CascadeStage(base, small), CascadeStage(enlarger, enlarger.stages.complete(large))]
 
 
 def _following(completed: Request, base: CascadeModel[Stages]) -> list[CascadeStage]:
@@ -210,14 +215,8 @@ def _following(completed: Request, base: CascadeModel[Stages]) -> list[CascadeSt
         return []
     first, *rest = base.follows
     trained = first.stages.schedule.num_train_timesteps
-    width, height = base.stages.spec.own_size
-    request = Request(
-        image=_placeholder(completed.batch, 3, height, width),
-        num_inference_steps=completed.super_res_num_inference_steps,
-        latents=completed.super_res_latents,
-        seed=completed.seed,
-        generator=completed.generator,
-        output_type=completed.output_type,
+    request = _of_pictures(completed, *base.stages.spec.own_size).replace(
+        num_inference_steps=completed.super_res_num_inference_steps, latents=completed.super_res_latents
     )
     stages = [CascadeStage(first, first.stages.complete(request))]
     for model in rest:
@@ -301,12 +300,17 @@ def _refiner(completed: Request, sampler: str | None, cut: Request, refiner: Cas
     return CascadeStage(refiner, refiner.stages.complete(Request(**fields)), role="refiner")
 
 
+def check_device(base: Stages, other: AnyStages, name: str) -> None:
+    """InputError for a model that is not where the one is that it goes with."""
+    if base.device != other.device:
+        raise InputError(f"the {name} is on {other.device}, and the model on {base.device}: load both on one device")
+
+
 def check_refiner(base: Stages, refiner: Stages) -> None:
     """InputError for a model that cannot go on with another's latents."""
     if base is refiner:
         raise InputError("the refiner is the model itself: give another one")
-    if base.device != refiner.device:
-        raise InputError(f"the refiner is on {refiner.device}, and the model on {base.device}: load both on one device")
+    check_device(base, refiner, "refiner")
     check_latents(base.vae.config, refiner.vae.config)
 
 
@@ -401,9 +405,6 @@ def check_upscaler(base: Stages, upscaler: Stages) -> None:
         raise InputError("the upscaler is the model itself: give another one")
     if not upscaler.spec.unet.upscales:
         raise InputError(f"{upscaler.name} enlarges no picture: give an upscaler, or a super-resolution model")
-    if base.device != upscaler.device:
-        raise InputError(
-            f"the upscaler is on {upscaler.device}, and the model on {base.device}: load both on one device"
-        )
+    check_device(base, upscaler, "upscaler")
     if upscaler.spec.unet.enlarges_latents:
         check_latents(base.vae.config, upscaler.vae.config, "upscaler")

@@ -1,6 +1,8 @@
-"""One request in a slot and eagerly."""
+"""Requests in slots, and one in a slot and eagerly."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,4 +25,24 @@ def both_ways(stages: Stages, request: Request, *, rows: int, tokens: int) -> li
         while not own.done:
             batch.step([own])
         latents.append(batch.latents(own))
+    return latents
+
+
+@torch.no_grad()
+def in_slots(stages: Stages, requests: Sequence[Request], *, tokens: int, reuse: bool = False) -> list[Tensor]:
+    """The latents that requests of as many steps end with in slots, each with its adapters. On the worker's thread.
+    tokens: of their texts, at most. reuse: whether buffers have room for what steps reuse."""
+    runs = [stages.prepare(stages.complete(request)) for request in requests]
+    assert all(stages.adapters.enter(run) for run in runs)
+    height, width = runs[0].latents.shape[2:]
+    sizes = {"slots": len(runs), "rows": 12, "height": height, "width": width, "tokens": tokens, "steps": 64}
+    buffers = StaticBuffers.empty(stages.spec.unet, **sizes, dtype=torch.float32, device="cpu", reuse=reuse)
+    batch = Slots(stages.unet, buffers)  # type: ignore[arg-type]
+    for run in runs:
+        batch.admit(run)
+    while not runs[0].done:
+        batch.step(runs)
+    latents = [batch.latents(run) for run in runs]
+    for run in runs:
+        stages.adapters.leave(run)
     return latents
