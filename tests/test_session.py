@@ -174,6 +174,7 @@ def test_memory_stays_flat_over_many_requests(pipe: Pipeline, count: int) -> Non
                 for future in futures:
                     future.result(60)
             del futures, future
+            session.call(lambda: None)  # behind what the worker still does with the last request
             tensors = live_tensors()  # collects first
             return tensors, len(gc.get_objects()), in_use()
 
